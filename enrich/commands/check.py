@@ -29,7 +29,7 @@ from enrich.job.target import UNFILLED_COLUMN, Param
 from enrich.ledger.database import open_or_empty
 from enrich.models import pluralize, to_credits
 from enrich.rows.job_input import JobInput
-from enrich.rows.job_steps import Step, make_steps
+from enrich.rows.job_steps import make_steps, step_problems
 from enrich.rows.requests import format_left_out, left_out_by_param
 from enrich.rows.template import RequestTemplate, join_templates, template_of_unknown_target
 from enrich.run.preflight import query_api
@@ -126,11 +126,17 @@ def _check_steps(
         return
     try:
         job_input.check_new_columns(join_templates(known))
-        steps = _make_known_steps(job, job_input, known, result)
-        for step, described in zip(steps, result.steps, strict=False):
-            described["depends_on"] = [job.step_jobs[number].step for number in sorted(step.depends_on)]
-        if result.problems:
-            return
+    except EnrichError as error:
+        add_problem(result.problems, error)
+    job, known = _known_steps(job, job_input, known, result)
+    for problem in step_problems(job, job_input, known):
+        add_problem(result.problems, problem)
+    if result.problems:
+        return
+    steps = make_steps(job, job_input, known)
+    for step, described in zip(steps, result.steps, strict=False):
+        described["depends_on"] = [job.step_jobs[number].step for number in sorted(step.depends_on)]
+    try:
         with open_or_empty(job.ledger) as ledger:
             rows = StepRows(job_input, ledger, steps)
             rows.begin()
@@ -144,25 +150,22 @@ def _check_steps(
     result.sendable_rows = max(forecast.leads for forecast in forecasts)
 
 
-def _make_known_steps(
-    job: Job, job_input: JobInput, templates: Sequence[RequestTemplate], result: CheckResult
-) -> tuple[Step, ...]:
-    """Make the steps, or the first ones if a later one may read a field of an unknown target. Raises JobError."""
-    unknown = next((number for number, template in enumerate(templates) if not template.columns), None)
+def _known_steps(
+    job: Job, job_input: JobInput, templates: list[RequestTemplate], result: CheckResult
+) -> tuple[Job, list[RequestTemplate]]:
+    """Return the job with its steps, or the first ones if a later one may read a field of an unknown target."""
+    unknown = next((number for number, template in enumerate(templates, 1) if not template.columns), None)
     if unknown is None:
-        return make_steps(job, job_input, templates)
+        return job, templates
     job = replace(job, complete=())
-    try:
-        return make_steps(job, job_input, templates)
-    except JobError:
-        number = unknown + 1
-        steps = make_steps(replace(job, step_jobs=job.step_jobs[:number]), job_input, templates[:number])
-        step = job.step_jobs[unknown]
-        result.notes.append(
-            f"the steps after `{step.step}` were not checked: the fields of {step.model.target.label} are not known. "
-            "`--online` checks them"
-        )
-        return steps
+    if not any(step_problems(job, job_input, templates)):
+        return job, templates
+    step = job.step_jobs[unknown - 1]
+    result.notes.append(
+        f"the steps after `{step.step}` were not checked: the fields of {step.model.target.label} are not known. "
+        "`--online` checks them"
+    )
+    return replace(job, step_jobs=job.step_jobs[:unknown]), templates[:unknown]
 
 
 def _describe_step(step: Job, template: RequestTemplate) -> dict[str, Any]:

@@ -13,6 +13,7 @@ from contextlib import suppress
 from fnmatch import fnmatchcase
 from pathlib import Path
 
+from enrich.errors import closest_name
 from enrich.job.locations import STDIN, InputLocation, LedgerLocation, Location, ObjectUrl, is_dataset, is_pattern
 
 #: How many bytes the names of files beside a ledger are longer than its own: its lock, its journals, the sandbox's.
@@ -76,6 +77,18 @@ def is_missing(path: Path) -> bool:
 _LEFTOVERS = frozenset(("thumbs.db", "ehthumbs.db", "desktop.ini", "icon\r"))
 #: The name of a file in an output folder.
 _PART = "part-0000000000-00000000.parquet"
+
+
+def missing_file_hint(path: Path, written: str, folder: Path) -> str:
+    """Return a hint about a missing file. `written` is its path in the job file, relative to `folder`."""
+    if path.is_symlink():
+        return f"it is a link to {path.readlink()}, which is missing"
+    if (from_here := Path.cwd() / written).exists():
+        return f"a path in the job file is relative to that file: write {os.path.relpath(from_here, folder)}"
+    names = [each.name for each in path.parent.iterdir()] if path.parent.is_dir() else []
+    if (closest := closest_name(path.name, names)) is not None:
+        return f"did you mean {os.path.relpath(path.with_name(closest), folder)}? It is relative to the job file"
+    return "check the path; it is relative to the job file"
 
 
 def inclusion_problem(location: InputLocation, target: InputLocation, kind: str) -> tuple[str, str] | None:

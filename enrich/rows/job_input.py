@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import os
-import re
-from collections.abc import Callable, Collection, Iterable, Iterator
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from copy import copy
 from pathlib import Path
 
@@ -26,7 +24,7 @@ from enrich.files.writer import FileLimits, is_formula, limits_of
 from enrich.job.cell_text import blank_cells
 from enrich.job.document import yaml_mapping, yaml_scalar
 from enrich.job.job import Job
-from enrich.job.local_files import is_missing
+from enrich.job.local_files import is_missing, missing_file_hint
 from enrich.job.locations import format_of, has_wildcards
 from enrich.job.spec import step_column, steps_in_header
 from enrich.ledger.database import Database
@@ -46,6 +44,7 @@ from enrich.rows.row_selection import (
     rank_rows,
     read_suppression,
     sort_keys,
+    unknown_columns,
 )
 from enrich.rows.template import RequestTemplate
 
@@ -55,7 +54,6 @@ _MAX_TITLE_ROWS = 50
 _MANY_COLUMNS = 2
 #: The cells of `enrich_status` in a file that we wrote.
 _OWN_STATUSES = [*(status.value for status in RowStatus), ""]
-_MISSING_COLUMN = re.compile(r'unable to find column "(.*)"; valid columns')
 
 
 class JobInput:
@@ -79,6 +77,12 @@ class JobInput:
         self.header = list(self.all_columns)
         self._former_steps = _former_steps(job, self.header)
         self._own_columns = own_columns(job, self._former_steps)
+        #: The columns of steps that this step, or the job itself, cannot read, each with the step that gives it.
+        self._later_columns: Mapping[str, str] = {
+            column: step.step
+            for step in reversed(job.step_jobs)
+            for column in (*(step.model.columns or ()), step_column(step.step, "status"))
+        }
         self._params = [param for step in job.steps for param in step.model.params.values()]
         self.sent_columns = {name for param in self._params for name in param.columns}
         #: The columns that are written to the output. A blank text cell is `""` or null.
@@ -90,8 +94,8 @@ class JobInput:
         taken = [name for name in self.header if name in self._own_columns]
         if taken and "enrich_status" not in self.header:
             raise self._foreign_column(taken[0])
-        self._check_columns()
-        self._check_where()
+        for problem in self.column_problems():
+            raise problem
 
     def notes(self) -> list[str]:
         """Return the notes about the input for the user."""
@@ -210,16 +214,15 @@ class JobInput:
         """Return what turns the rows into requests."""
         return RequestBuilder(self.job, template, self.header, self._forgotten)
 
-    def for_step(self, step: Job, earlier_columns: Iterable[str]) -> JobInput:
+    def for_step(self, step: Job, earlier_columns: Iterable[str], later_columns: Mapping[str, str]) -> JobInput:
         """Return the input as a step sees it: without the columns that enrich adds, with those of earlier steps.
 
-        Raises JobError when the step names a column that neither the input nor an earlier step has.
+        `later_columns`: the steps that give the columns of this step and later ones. `column_problems` checks the step.
         """
         step_input = copy(self)
         step_input.job = step
         step_input.header = list(dict.fromkeys([*self.columns, *earlier_columns]))
-        step_input._check_columns()  # noqa: SLF001 - of our own copy
-        step_input._check_where()  # noqa: SLF001
+        step_input._later_columns = later_columns  # noqa: SLF001 - of our own copy
         return step_input
 
     @property
@@ -240,42 +243,58 @@ class JobInput:
         message = f"the input has a column `{name}` that another program wrote ({self.job.input_path})"
         return self.job.error(["input"], message, "rename it: each run writes a column with this name")
 
-    def _check_columns(self) -> None:
+    def _named_columns(self) -> Iterator[tuple[list[str | int], str]]:
+        """Yield the columns that the job, or the step, names, each with its place in the job file."""
         model = self.job.model
         for name, param in model.params.items():
             for column in param.columns:
-                self._check_column(column, ["params", name])
-        for index, column in enumerate(model.only_if_empty):
-            self._check_column(column, ["only_if_empty", index])
-        for index, column in enumerate(model.order_by or ()):
-            self._check_column(column, ["order_by", index])
-        for index, column in enumerate(self.change_key if model.changes is not None else ()):
-            self._check_column(column, ["changes", "key", index])
-            if column in CHANGE_COLUMNS:
-                hint = "choose other columns as its `key`, or rename it"
-                raise self.job.error(["changes"], f"the change feed already has a column `{column}`", hint)
-        for index, column in enumerate(model.report.by if model.report is not None else ()):
-            self._check_column(column, ["report", "by", index])
-            if column in self._own_columns:
-                message = f"`{column}` is a column of the output that each run writes"
-                raise self.job.error(["report", "by", index], message, "group by a column of your own")
-        if model.caps is not None and model.caps.by not in model.params:
-            self._check_column(model.caps.by, ["caps", "by"], other_names=model.params)
+                yield ["params", name], column
+        lists: dict[tuple[str, ...], Sequence[str]] = {
+            ("only_if_empty",): model.only_if_empty,
+            ("order_by",): model.order_by or (),
+            ("changes", "key"): self.change_key if model.changes is not None else (),
+            ("report", "by"): model.report.by if model.report is not None else (),
+        }
+        for keys, columns in lists.items():
+            for index, column in enumerate(columns):
+                yield [*keys, index], column
 
-    def _check_column(
+    def column_problems(self) -> Iterator[EnrichError]:
+        """Yield an error for each column that the job, or the step, names and cannot use there, and for its `where`."""
+        model = self.job.model
+        for key_path, column in self._named_columns():
+            yield from self._missing(column, key_path)
+            if key_path[0] == "changes" and column in CHANGE_COLUMNS:
+                hint = "choose other columns as its `key`, or rename it"
+                yield self.job.error(["changes"], f"the change feed already has a column `{column}`", hint)
+            if key_path[0] == "report" and column in self._own_columns:
+                message = f"`{column}` is a column of the output that each run writes"
+                yield self.job.error(key_path, message, "group by a column of your own")
+        if model.caps is not None and model.caps.by not in model.params:
+            yield from self._missing(model.caps.by, ["caps", "by"], other_names=model.params)
+        if model.where is not None:
+            yield from self._where_problems(model.where)
+
+    def _missing(
         self, column: str, key_path: list[str | int], other_names: Iterable[str] = (), hint_if_unlike: str | None = None
-    ) -> None:
-        """Raise EnrichError if the input lacks a column. `hint_if_unlike`: it has no similar one either."""
+    ) -> Iterator[EnrichError]:
+        """Yield an error if the input lacks a column. `hint_if_unlike`: it has no similar one either."""
         if column in self.header:
+            return
+        if (giver := self._later_columns.get(column)) is not None:
+            can_move = self.job.step not in {"", giver}
+            to_do = f"move `{self.job.step}` after `{giver}`" if can_move else "only later steps can read it"
+            yield self.job.error(key_path, f"`{column}` comes from the step `{giver}`", to_do)
             return
         job_columns = [name for param in self.job.model.params.values() for name in param.columns]
         if (foreign := self.foreign_input_error(job_columns)) is not None:
-            raise foreign
-        if (hint := self._separator_hint() or self._step_hint(column)) is None:
-            if hint_if_unlike is None or closest_name(column, self.header) is not None:
-                hint_if_unlike = missing_column_hint(column, [*self.header, *other_names], [*job_columns, *other_names])
+            yield foreign
+            return
+        if (hint := self._separator_hint()) is None:
             hint = hint_if_unlike
-        raise self.job.error(key_path, f"the input has no column `{column}` ({self.job.input_path})", hint)
+            if hint is None or closest_name(column, self.header) is not None:
+                hint = missing_column_hint(column, [*self.header, *other_names], [*job_columns, *other_names])
+        yield self.job.error(key_path, f"the input has no column `{column}` ({self.job.input_path})", hint)
 
     def foreign_input_error(self, named: Collection[str]) -> EnrichError | None:
         """Return an error if the input has no column that the params name.
@@ -302,13 +321,6 @@ class JobInput:
         hint = f"check that it is the right {place}, and that its first line is the header"
         return self.job.error(["params"], message, separator_hint or hint)
 
-    def _step_hint(self, column: str) -> str | None:
-        """Return a hint when a step gives the column, which keys of the job cannot read."""
-        for step in self.job.step_jobs:
-            if column in (*(step.model.columns or ()), step_column(step.step, "status")):
-                return f"the step `{step.step}` gives it, and only later steps can read it"
-        return None
-
     def _row_with_names(self, job_columns: Collection[str]) -> int | None:
         """Return which of the first rows (from 1) has names of the job's columns as cells. None: there is none."""
         if not job_columns or set(job_columns) & set(self.header):
@@ -325,23 +337,24 @@ class JobInput:
         shown = yaml_scalar(other)
         return f"its header looks separated by {shown}: input: {{path: …, separator: {shown}}}"
 
-    def _check_where(self) -> None:
+    def _where_problems(self, expression: str) -> Iterator[EnrichError]:
         """Try `where` on no rows. It must look at one row at a time, because rows come in batches."""
-        expression = self.job.model.where
-        if expression is None:
-            return
         if (problem := expression_problem(expression)) is not None:
-            raise self.job.error(["where"], problem, WHERE_EXAMPLE)
+            yield self.job.error(["where"], problem, WHERE_EXAMPLE)
+            return
+        unknown = unknown_columns(expression, self.header)
+        for column in unknown:
+            yield from self._missing(column, ["where"], hint_if_unlike=QUOTES_HINT)
+        columns = [*self.header, *unknown]
         try:
-            result = evaluate_expression(expression, pl.DataFrame(schema=dict.fromkeys(self.header, pl.String)))
+            result = evaluate_expression(expression, pl.DataFrame(schema=dict.fromkeys(columns, pl.String)))
         except pl.exceptions.PolarsError as error:
             reason, hint = explain_error(error)
-            if missing := _MISSING_COLUMN.match(reason):
-                self._check_column(missing[1], ["where"], hint_if_unlike=QUOTES_HINT)
-            raise self.job.error(["where"], f"not a polars SQL expression over the columns: {reason}", hint) from error
+            yield self.job.error(["where"], f"not a polars SQL expression over the columns: {reason}", hint)
+            return
         is_per_row = result.schema == {"selected": pl.Boolean} and not result.height
-        if not is_per_row or depends_on_other_rows(expression, self.header):
-            raise self.job.error(["where"], PER_ROW_MESSAGE, WHERE_EXAMPLE)
+        if not is_per_row or depends_on_other_rows(expression, columns):
+            yield self.job.error(["where"], PER_ROW_MESSAGE, WHERE_EXAMPLE)
 
     def suppressed_rows(self, frame: pl.DataFrame) -> pl.Series | None:
         """Return which rows have an address or a domain that is never sent by any step; None: there is no list."""
@@ -383,15 +396,5 @@ def _input_path_error(job: Job) -> EnrichError | None:
     is_given = "input" in job.document.replaced_keys
     if is_given or not isinstance(path, Path) or has_wildcards(written) or not is_missing(path):
         return None
-    folder = job.document.folder
-    from_here = Path.cwd() / written
-    names = [each.name for each in path.parent.iterdir()] if path.parent.is_dir() else []
-    if path.is_symlink():
-        hint = f"it is a link to {path.readlink()}, which is missing"
-    elif from_here.exists():
-        hint = f"a path in the job file is relative to that file: write {os.path.relpath(from_here, folder)}"
-    elif (closest := closest_name(path.name, names)) is not None:
-        hint = f"did you mean {os.path.relpath(path.with_name(closest), folder)}? It is relative to the job file"
-    else:
-        hint = "check the path; it is relative to the job file"
+    hint = missing_file_hint(path, written, job.document.folder)
     return CommandRefused(f"{job.document.place_of(['input'])}: {path} does not exist", hint)

@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from enum import Enum
 from functools import cache, lru_cache
 from typing import NamedTuple
 
 from msgspec import Struct
 
-from enrich.errors import suggest_name
+from enrich.errors import EnrichError, suggest_name
 from enrich.job.job import Job
 from enrich.job.spec import step_column
 from enrich.models import OPEN_STATES, RowStatus, State
@@ -37,52 +37,59 @@ class Step(Struct, frozen=True):
         return self.params_depend_on | self.conditions_depend_on
 
 
+def step_problems(job: Job, job_input: JobInput, templates: Sequence[RequestTemplate]) -> Iterator[EnrichError]:
+    """Yield an error for each column of a step, or of `complete`, that the input and earlier steps do not give."""
+    for step_input in _step_inputs(job, job_input, templates):
+        yield from step_input.column_problems()
+    columns = list(dict.fromkeys(column for template in templates for column in template.columns))
+    for index, column in enumerate(job.complete):
+        if column not in columns:
+            yield job.error(["complete", index], f"no step has the column `{column}`", suggest_name(column, columns))
+
+
 def make_steps(job: Job, job_input: JobInput, templates: Sequence[RequestTemplate]) -> tuple[Step, ...]:
-    """Check each step, and `complete`, against the columns that the input and earlier steps give. Raises JobError."""
+    """Make the steps with what each reads. Raises the first of `step_problems`."""
+    for problem in step_problems(job, job_input, templates):
+        raise problem
     steps: list[Step] = []
-    given = [
-        [*template.columns, step_column(step.step, "status")]
-        for step, template in zip(job.steps, templates, strict=True)
-    ]
-    for number, (step_job, template) in enumerate(zip(job.steps, templates, strict=True)):
-        _check_order(job, step_job, given, job_input.columns, number)
-        earlier = [column for columns in given[:number] for column in columns]
-        step_input, model = job_input.for_step(step_job, earlier), step_job.model
+    given = _given_columns(job, templates)
+    for number, (step_input, template) in enumerate(
+        zip(_step_inputs(job, job_input, templates), templates, strict=True)
+    ):
+        earlier = {column for columns in given[:number] for column in columns}
+        model = step_input.job.model
         by_params = {column for param in model.params.values() for column in param.columns}.intersection(earlier)
         by_conditions = set(model.only_if_empty).intersection(earlier)
         if model.where is not None:
-            by_conditions |= columns_used(model.where, step_input.header, set(earlier))
+            by_conditions |= columns_used(model.where, step_input.header, earlier)
         params_depend_on, conditions_depend_on = (
             frozenset(giver for giver, columns in enumerate(given[:number]) if read.intersection(columns))
             for read in (by_params, by_conditions)
         )
         earlier_columns = frozenset(by_params | by_conditions)
-        steps.append(Step(step_job, template, step_input, earlier_columns, params_depend_on, conditions_depend_on))
-    columns = list(dict.fromkeys(column for template in templates for column in template.columns))
-    for index, column in enumerate(job.complete):
-        if column not in columns:
-            raise job.error(["complete", index], f"no step has the column `{column}`", suggest_name(column, columns))
+        steps.append(
+            Step(step_input.job, template, step_input, earlier_columns, params_depend_on, conditions_depend_on)
+        )
     return tuple(steps)
 
 
-def _check_order(
-    job: Job, step: Job, given: Sequence[Sequence[str]], input_columns: Sequence[str], number: int
-) -> None:
-    """Raise JobError when a step reads a column that only it or a later step gives. `given` has those of each step."""
-    known = set(input_columns).union(*given[:number])
-    read: list[tuple[list[str | int], str]] = [
-        (["params", name], column) for name, param in step.model.params.items() for column in param.columns
+def _given_columns(job: Job, templates: Sequence[RequestTemplate]) -> list[list[str]]:
+    """Return the columns that each step gives."""
+    return [
+        [*template.columns, step_column(step.step, "status")]
+        for step, template in zip(job.steps, templates, strict=True)
     ]
-    read += [(["only_if_empty", index], column) for index, column in enumerate(step.model.only_if_empty)]
-    for key_path, column in read:
-        if column in known:
-            continue
-        givers = [each.step for each, columns in zip(job.steps, given, strict=True) if column in columns]
-        if later := [name for name in givers if name != step.step]:
-            message = f"`{column}` comes from a later step: `{later[0]}`"
-            raise step.error(key_path, message, f"move `{step.step}` after `{later[0]}`")
-        if givers:
-            raise step.error(key_path, f"`{column}` comes from the step itself", "only later steps can read it")
+
+
+def _step_inputs(job: Job, job_input: JobInput, templates: Sequence[RequestTemplate]) -> Iterator[JobInput]:
+    """Yield the input as each step sees it."""
+    given = _given_columns(job, templates)
+    for number, step in enumerate(job.steps):
+        earlier = [column for columns in given[:number] for column in columns]
+        # A column that several steps give is named with the next of them, if there is one.
+        others = [number, *range(len(given) - 1, number, -1)]
+        later = {column: job.steps[other].step for other in others for column in given[other]}
+        yield job_input.for_step(step, earlier, later)
 
 
 #: States in which an earlier step still may bring another value. A step that depends on it sends nothing new.

@@ -37,6 +37,7 @@ WHERE_EXAMPLE = "for example: Country = 'DE'"
 _TEXT_AS_NUMBER = re.compile(r"cannot compare string|arithmetic on dtypes")
 _TEXT_HINT = "cells are text and may be blank: TRY_CAST(… AS INT) > 50 compares numbers, and is null where CAST fails"
 QUOTES_HINT = "names with blanks are put in double quotes, texts in single quotes: \"Team Size\" <> '1'"
+_MISSING_COLUMN = re.compile(r'unable to find column "(.*)"; valid columns')
 _SQL_POSITION = re.compile(r" at Line: \d+, Column: \d+")
 #: Text, quoted names and comments: their content is not SQL.
 _QUOTED = re.compile(r"'(?:[^']|'')*'|\"(?:[^\"]|\"\")*\"|`[^`]*`|--[^\n]*|/\*.*?\*/", re.DOTALL)
@@ -88,6 +89,20 @@ def columns_used(expression: str, header: Sequence[str], columns: Iterable[str])
         except pl.exceptions.PolarsError:
             used.add(column)
     return used
+
+
+def unknown_columns(expression: str, header: Sequence[str]) -> list[str]:
+    """Return the columns that an expression names and the header lacks. polars names one of them at a time."""
+    columns = list(header)
+    while True:
+        try:
+            evaluate_expression(expression, pl.DataFrame(schema=dict.fromkeys(columns, pl.String)))
+        except pl.exceptions.PolarsError as error:
+            missing = _MISSING_COLUMN.match(str(error))
+            if missing is not None and missing[1] not in columns:
+                columns.append(missing[1])
+                continue
+        return columns[len(header) :]
 
 
 def evaluate_expression(expression: str, frame: pl.DataFrame) -> pl.DataFrame:

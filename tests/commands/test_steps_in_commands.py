@@ -243,32 +243,44 @@ limits: {requests_per_second: 1000}
         (
             "last_name: Last Name",
             "last_name: link",
-            "steps.0.params.last_name: `link` comes from a later step: `person`",
+            "steps.0.params.last_name: `link` comes from the step `person`",
             "move `email` after `person`",
         ),
         (
             "Last Name, company: {column: Website, transform: [domain]}}\n    columns: {work_email:",
             "link, company: Website}\n    columns: {link:",
-            "steps.0.params.last_name: `link` comes from a later step: `person`",
+            "steps.0.params.last_name: `link` comes from the step `person`",
+            "move `email` after `person`",
+        ),
+        (
+            "    waterfall: email_getter\n",
+            "    waterfall: email_getter\n    where: link = ''\n",
+            "steps.0.where: `link` comes from the step `person`",
             "move `email` after `person`",
         ),
         (
             "params: {email: work_email}",
+            "params: {email: work_email}\n    where: enrich_person_status = ''",
+            "steps.1.where: `enrich_person_status` comes from the step `person`",
+            "only later steps can read it",
+        ),
+        (
+            "params: {email: work_email}",
             "params: {email: link}",
-            "steps.1.params.email: `link` comes from the step itself",
+            "steps.1.params.email: `link` comes from the step `person`",
             "only later steps can read it",
         ),
         (
             "limits: {",
             "order_by: [work_email]\nlimits: {",
-            "order_by.0: the input has no column",
-            "the step `email` gives",
+            "order_by.0: `work_email` comes from the step `email`",
+            "only later steps can read it",
         ),
         (
             "limits: {",
             "where: link <> ''\nlimits: {",
-            "where: the input has no column `link`",
-            "the step `person` gives",
+            "where: `link` comes from the step `person`",
+            "only later steps can read it",
         ),
         ("name: person", "name: email", "steps.1.name: another step is named `email`", "another name"),
         ("waterfall: person_getter", "waterfal: person_getter", "steps.1.waterfal: unknown key", None),
@@ -322,6 +334,39 @@ def test_mistakes(  # noqa: PLR0917 - the mistake and what is said of it
         assert error.startswith("job.yaml:")
         assert hint is None or hint in error + result.stderr
     assert api.audit()["accepted"] == 0
+
+
+def test_check_lists_all_mistakes(workspace: Workspace) -> None:
+    """`check` lists every column that a step or `complete` names and that is not there, each with its line."""
+    job = (
+        SHORT_JOB.replace("First Name", "Frist Name")
+        .replace("last_name: Last Name", "last_name: Lats Name")
+        .replace("columns: {work_email:", "where: Titel = 'x' AND Frima <> ''\n    columns: {work_email:")
+        .replace("params: {email: work_email}", "params: {email: work_emial}\n    only_if_empty: [Titl, link]")
+        .replace("{link: linkedin_url}", "{link: linkedin_url, Title: title}")
+        .replace("limits: {", "complete: [work_mail, xyz]\norder_by: [Compayn]\nlimits: {")
+    )
+    workspace.write_job(job)
+    workspace.write_leads(make_people(3), HEADER)
+    result = workspace.run_in_process("check", "job.yaml")
+    problems = [line for line in result.stderr.splitlines() if line.startswith("error: ")]
+    expected = (
+        "order_by.0: the input has no column `Compayn`",
+        "steps.1.columns.Title: the input already has a column with this name",
+        "steps.0.params.first_name: the input has no column `Frist Name`",
+        "steps.0.params.last_name: the input has no column `Lats Name`",
+        "steps.0.where: the input has no column `Titel`",
+        "steps.0.where: the input has no column `Frima`",
+        "steps.1.params.email: the input has no column `work_emial`",
+        "steps.1.only_if_empty.0: the input has no column `Titl`",
+        "steps.1.only_if_empty.1: `link` comes from the step `person`",
+        "complete.0: no step has the column `work_mail`",
+        "complete.1: no step has the column `xyz`",
+    )
+    assert result.exit_code == 2
+    assert len(problems) == len(expected), problems
+    for problem, message in zip(problems, expected, strict=True):
+        assert message in problem
 
 
 def test_complete_needs_steps(workspace: Workspace) -> None:
