@@ -40,7 +40,7 @@ def check_summary(job: Job, result: CheckResult) -> str:
     counts = ""
     if result.rows is not None:
         counts = f"{pluralize(result.rows, 'lead')}, {result.sendable_rows:,} can be sent, "
-    target = f"{len(job.step_jobs)} steps" if job.step_jobs else job.model.target.title
+    target = pluralize(len(job.step_jobs), "step") if job.step_jobs else job.model.target.title
     return f"{job.name}: {counts}{target} as described by {result.source}"
 
 
@@ -141,13 +141,12 @@ def _check_steps(
             rows = StepRows(job_input, ledger, steps)
             rows.begin()
             selections = [select_requests(step.job, RunOptions(), 0) for step in steps]
-            result.rows, forecasts = forecast_steps(rows, ledger, selections)
+            result.rows, result.sendable_rows, forecasts = forecast_steps(rows, ledger, selections)
     except EnrichError as error:
         add_problem(result.problems, error)
         return
     for forecast, described in zip(forecasts, result.steps, strict=False):
         described["leads"] = forecast.leads
-    result.sendable_rows = max(forecast.leads for forecast in forecasts)
 
 
 def _known_steps(

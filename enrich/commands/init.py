@@ -157,7 +157,7 @@ def rank_waterfalls(available: Sequence[Description], sample: Sample) -> Iterato
     width = max((len(waterfall.identifier) for waterfall in available), default=0)
     for (found, needed), waterfall in rated:
         required_names = ", ".join(param.name for param in waterfall.input_params if param.required) or "params unknown"
-        yield f"  {waterfall.identifier:<{width}}  {found} of {needed} required params have a column: {required_names}"
+        yield f"  {waterfall.identifier:<{width}}  {found} of {needed} required params matched: {required_names}"
 
 
 def _read_available(*, use_sandbox: bool, offline: bool) -> tuple[Sequence[Description], str]:

@@ -83,7 +83,7 @@ def backup(place: str, target: Path, ledger: str | None, use_sandbox: bool) -> N
         verify.backup(opened, target)
 
 
-@ledger.command()
+@ledger.command(short_help="Copy a ledger into another, and verify the copy.")
 @click.argument("source", metavar="FROM")
 @click.argument("target", metavar="TO")
 @options.JSON_OPTION

@@ -244,7 +244,7 @@ class Number(click.ParamType):  # type: ignore[type-arg] # older versions are no
             self.fail(f"`{value}` is not a number in plain digits", param, ctx)
         number: float = self.number.convert(value, param, ctx)
         if number < self.minimum:
-            self.fail(f"{number} is less than {self.minimum}", param, ctx)
+            self.fail(f"{value} is less than {self.minimum}", param, ctx)
         return number
 
 

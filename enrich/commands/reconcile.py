@@ -14,7 +14,7 @@ from enrich.job.job import Job
 from enrich.ledger import queries, records
 from enrich.ledger.database import Database
 from enrich.ledger.lock import is_locked
-from enrich.models import read_balance
+from enrich.models import pluralize, read_balance
 from enrich.run.balance import (
     PART_LABELS,
     ROUNDING_CREDITS,
@@ -54,13 +54,14 @@ def format_reconciliation(result: Reconciliation) -> Iterator[str]:
         yield f"Balance unchanged since run {result.since}: {result.balance_now:,.2f}"
     else:
         yield f"Since run {result.since}: balance {result.balance_before:,.2f}, now {result.balance_now:,.2f}"
-        yield f"  {result.difference:>10,.2f}  credits less. The ledger explains:"
-    for name, words in PART_LABELS.items():
+        direction = "less" if result.difference > 0 else "more"
+        yield f"  {abs(result.difference):>10,.2f}  credits {direction}. The ledger explains:"
+    for name, (noun, words) in PART_LABELS.items():
         part: DifferencePart = getattr(result, name)
         if part.number:
             exact = abs(part.most - part.least) < ROUNDING_CREDITS
             amount = f"{part.most:,.2f}" if exact else f"{part.least:,.2f} to {part.most:,.2f}"
-            yield f"  {amount:>20}  {part.number:,} {words}"
+            yield f"  {amount:>20}  {pluralize(part.number, noun)}{words}"
     if result.unexplained > 0:
         yield (
             f"  {result.unexplained:>20,.2f}  not explained: other users of the account, other ledgers, price changes"

@@ -31,6 +31,7 @@ from enrich.models import (
 )
 from enrich.run.balance import choose_baseline
 from enrich.run.progress import Phase
+from enrich.run.terminal_text import pad
 
 #: A wider table leaves out these columns, in this order.
 MAX_COLUMNS, OPTIONAL_COLUMNS = 80, ("time", "balance")
@@ -237,11 +238,11 @@ def _step_counts(job: Job, ledger: Database) -> dict[str, Any]:
 
 def _step_lines(steps: Sequence[dict[str, Any]]) -> Iterator[str]:
     if steps:
-        yield f"  {'step':<14}{'requests':>9}{'found':>9}{'no match':>9}{'open':>9}{'credits':>12}"
+        yield f"  {'step':<14}{'requests':>9}{'found':>9}{'no match':>9}{'failed':>9}{'open':>9}{'credits':>12}"
     for step in steps:
-        open_requests = step["pending"] + step["in_doubt"]
-        numbers = f"{step['requests']:>9,}{step['found']:>9,}{step['not_found']:>9,}{open_requests:>9,}"
-        yield f"  {step['name']:<14}{numbers}{step['credits_spent']:>12,.2f}"
+        failed, open_requests = step["failed"] + step["expired"], step["pending"] + step["in_doubt"]
+        numbers = f"{step['requests']:>9,}{step['found']:>9,}{step['not_found']:>9,}{failed:>9,}{open_requests:>9,}"
+        yield f"  {pad(step['name'], 14)}{numbers}{step['credits_spent']:>12,.2f}"
 
 
 def format_status(result: dict[str, Any], watch_command: str = "enrich status JOB --watch") -> Iterator[str]:

@@ -99,11 +99,12 @@ def choose_baseline(executions: Sequence[ExecutionRow], oldest_in_doubt: int | N
     return next((row for row in known if oldest_in_doubt is None or row.id <= oldest_in_doubt), known[-1])
 
 
+#: What each part counts: a noun in the singular, and the words after it.
 PART_LABELS = {
-    "spent": "results of known price",
-    "earlier": "results of earlier requests",
-    "at_the_api": "running at Databar",
-    "in_doubt": "unconfirmed",
-    "expired": "expired before they were fetched",
-    "unknown_price": "results of unknown price",
+    "spent": ("result", " of known price"),
+    "earlier": ("result", " of earlier requests"),
+    "at_the_api": ("request", " running at Databar"),
+    "in_doubt": ("unconfirmed request", ""),
+    "expired": ("expired request", ""),
+    "unknown_price": ("result", " of unknown price"),
 }

@@ -195,14 +195,16 @@ class StepForecast:
             return Cost(None if self.at_most else 0.0, maximum)
         return Cost(round((self._likely_price or 0) * likely / 1_000_000, 6), maximum)
 
-    def add(self, step_batch: StepBatch, made: StepDecisions, ledger: Database) -> None:
-        """Add the rows of a batch."""
+    def add(self, step_batch: StepBatch, made: StepDecisions, ledger: Database) -> set[int]:
+        """Add the rows of a batch. Return those whose request the step has sent, sends, or may send."""
         certain, possible, known = [], [], []
+        leads = set()
         requesting_rows = set(step_batch.requesting_rows)
         for row, (decision, name) in enumerate(zip(made.decisions, step_batch.built.fingerprints, strict=True)):
             is_certain = not made.uncertain[row]
             is_requested = decision not in (Decision.INVALID, Decision.FILTERED, Decision.OVER_LIMIT)
-            self.leads += is_requested
+            if is_requested:
+                leads.add(row)
             self.decided += is_certain and bool(made.may_be_selected[row]) and decision is not Decision.INVALID
             self.requested += is_certain and is_requested
             self.beyond_limit += decision is Decision.OVER_LIMIT
@@ -219,6 +221,8 @@ class StepForecast:
         step_results.add_planned(ledger, self.step.job.step, certain)
         step_results.add_planned(ledger, self.step.job.step, possible, "possible")
         step_results.add_planned(ledger, self.step.job.step, known, "known")
+        self.leads += len(leads)
+        return leads
 
     def as_json(self) -> dict[str, Any]:
         """Return the object of the step that `--json` prints."""
@@ -284,7 +288,7 @@ def plan_steps(
     rows: StepRows, ledger: Database, preflight: Preflight, selections: Sequence[RequestSelection], cap: int | None
 ) -> StepsPlan:
     """Plan all steps, within a cap in millionths. The pass of the ledger sees the requests of the first step."""
-    row_count, forecasts = forecast_steps(rows, ledger, selections)
+    row_count, _, forecasts = forecast_steps(rows, ledger, selections)
     job = rows.job_input.job
     notes = [*preflight.notes, *_notes(forecasts, ledger)]
     return StepsPlan(
@@ -302,18 +306,20 @@ def plan_steps(
 
 def forecast_steps(
     rows: StepRows, ledger: Database, selections: Sequence[RequestSelection]
-) -> tuple[int, list[StepForecast]]:
-    """Read the input once. Return the number of rows, and what each step would do."""
+) -> tuple[int, int, list[StepForecast]]:
+    """Read the input once. Return how many rows it has, how many of them any step sends, and what each step does."""
     forecasts = [StepForecast(step, queries.average_price(ledger, step.template.target)) for step in rows.steps]
     enroll.begin_pass(ledger)
     step_results.begin_plan(ledger)
-    row_count = 0
+    row_count = lead_count = 0
     for table in rows.step_tables():
         row_count += table.frame.height
         decided = decide_steps(rows, table, selections)
+        leads: set[int] = set()
         for forecast, made, (step_batch, text) in zip(forecasts, decided, table.steps, strict=True):
-            forecast.add(step_batch, made, ledger)
+            leads |= forecast.add(step_batch, made, ledger)
             forecast.follows_failure |= is_sent_after_failure(rows, forecast.step, text)
+        lead_count += len(leads)
         enroll.preview(ledger, table.steps[0][0].to_send().requests(), selections[0])
     for number, forecast in enumerate(forecasts):
         # A step with a cap of its own may leave a shared request to a later one.
@@ -323,7 +329,7 @@ def forecast_steps(
             forecast.may_be_sent += min(rows.leads.remaining, forecast.beyond_limit)
         forecast.requests = counts.requests + forecast.may_be_sent
         forecast.to_submit, forecast.may_be_sent = counts.sent, forecast.may_be_sent + counts.possible
-    return row_count, forecasts
+    return row_count, lead_count, forecasts
 
 
 def note_on_target(ledger: Database, steps: Sequence[Step], number: int) -> str | None:
@@ -355,9 +361,10 @@ def _notes(forecasts: Sequence[StepForecast], ledger: Database) -> Iterator[str]
 def format_steps_plan(plan: StepsPlan, next_lines: Sequence[str] = ()) -> Iterator[str]:
     """Yield the plan as lines of text. `next_lines` are the commands that come next."""
     sandbox = "SANDBOX " if plan.sandbox else ""
-    sends = [f"{pluralize(plan.to_submit, 'request')} to send, then more", format_cost(plan.cost)]
+    then_more = ", then more" if any(step.may_be_sent for step in plan.steps) else ""
+    sends = [f"{pluralize(plan.to_submit, 'request')} to send{then_more}", format_cost(plan.cost)]
     parts = [
-        f"{sandbox}{pluralize(plan.rows, 'lead')}, {len(plan.steps)} steps",
+        f"{sandbox}{pluralize(plan.rows, 'lead')}, {pluralize(len(plan.steps), 'step')}",
         *(sends if any(step.at_most for step in plan.steps) else ["nothing to send"]),
         *([] if plan.balance is None else [f"balance {plan.balance:,.2f}"]),
         f"cap: {'none' if plan.max_credits is None else format_credits(plan.max_credits)}",

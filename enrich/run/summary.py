@@ -266,12 +266,12 @@ def _planned_remark(planned: Mapping[str, float | None] | None) -> str:
 
 def _difference_parts(difference: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
     """Yield the parts of the balance's difference: amount and label."""
-    for name, label in PART_LABELS.items():
+    for name, (noun, words) in PART_LABELS.items():
         part = difference[name]
         if part["number"]:
             exact = abs(part["most"] - part["least"]) < ROUNDING_CREDITS
             up_to = "" if exact else f", or {format_credits(part['least'])}"
-            yield format_credits(part["most"]), f"{part['number']:,} {label}{up_to}"
+            yield format_credits(part["most"]), f"{pluralize(part['number'], noun)}{words}{up_to}"
     if unexplained := difference["unexplained"]:
         direction = "missing" if unexplained > 0 else "added"
         yield format_credits(abs(unexplained)), f"{direction}, not explained: enrich reconcile JOB"

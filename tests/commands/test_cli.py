@@ -64,6 +64,7 @@ def test_help_has_no_formulas(workspace: Workspace) -> None:
         (("run", "job.yaml", "--limit", "1_0"), "'--limit': `1_0` is not a number in plain digits"),
         (("plan", "job.yaml", "--seed", "1_0"), "'--seed': `1_0` is not a number in plain digits"),
         (("reconcile", "job.yaml", "--since", "٣"), "'--since': `٣` is not a number in plain digits"),
+        (("run", "job.yaml", "--max-credits", "-1"), "'--max-credits': -1 is less than 0"),
         (("plan", "job.yaml", "--sample", "0"), "'--sample': 0 is less than 1"),
         (("plan", "job.yaml", "--sample", "1.5"), "'1.5' is not a valid integer"),
         (("sandbox", "--port", "65536"), "--port must be from 0 to 65535"),
@@ -94,6 +95,11 @@ def test_help_lists_all_commands(workspace: Workspace, option: str) -> None:
 def test_the_first_page_fits_a_terminal(workspace: Workspace) -> None:
     """The help page fits 80 columns; no line is cut off."""
     assert "..." not in workspace.run_in_process("--help", COLUMNS="80").stdout.partition("Set up:")[2]
+
+
+def test_the_page_of_a_group_fits_a_terminal(workspace: Workspace) -> None:
+    """No line of the commands of `enrich ledger` is cut off."""
+    assert "..." not in workspace.run_in_process("ledger", "--help", COLUMNS="80").stdout.partition("Commands:")[2]
 
 
 def test_version_option(workspace: Workspace) -> None:

@@ -68,6 +68,31 @@ def test_unconfirmed_cost_range(difference: float) -> None:
     assert (comparison.in_doubt.least, comparison.in_doubt.most, comparison.unexplained) == (0, 4, 0)
 
 
+def test_one_request_is_singular() -> None:
+    """Each part is a number with its noun, in the singular for one."""
+    movements = [
+        ("known", True, 1, credits_(1), 0),
+        ("known", False, 1, credits_(1), credits_(1)),
+        *((state, True, 1, 0, credits_(1)) for state in ("submitted", "in_doubt", "expired", "found")),
+    ]
+    text = "\n".join(format_reconciliation(explain_balance(1, credits_(100), credits_(95), movements)))
+    for words in (
+        "1 result of known price",
+        "1 result of earlier requests",
+        "1 request running at Databar",
+        "1 unconfirmed request",
+        "1 expired request",
+        "1 result of unknown price",
+    ):
+        assert f"  {words}\n" in text
+
+
+def test_a_higher_balance_is_more() -> None:
+    """A balance that rose is said to be more, not less by a negative number."""
+    lines = list(format_reconciliation(explain_balance(1, credits_(100), credits_(105), [])))
+    assert lines[1].split() == ["5.00", "credits", "more.", "The", "ledger", "explains:"]
+
+
 def test_external_changes_are_separated() -> None:
     """Attributes what exceeds the maximum price to others, and what is below the minimum to a top-up."""
     changes = [("known", True, 20, credits_(10), 0), ("submitted", True, 1, 0, credits_(2))]
@@ -199,7 +224,7 @@ def test_summary_and_status_show_difference(tmp_path: Path, workspace: Workspace
         result = workspace.run_in_process("run", "job.yaml", "-v", api=api)
 
         assert "7 results of known price" in result.stderr
-        assert "1 unconfirmed, or 0.00" in result.stderr
+        assert "1 unconfirmed request, or 0.00" in result.stderr
         assert "enrich reconcile job.yaml" in result.stderr
         execution = workspace.run_in_process("status", "job.yaml", "--json").json_output["executions"][0]
         difference = execution["balance_before"] - execution["balance_after"]

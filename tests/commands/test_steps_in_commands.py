@@ -336,6 +336,53 @@ def test_mistakes(  # noqa: PLR0917 - the mistake and what is said of it
     assert api.audit()["accepted"] == 0
 
 
+#: Either step can send some of the leads: those with a web address, those with a link.
+TWO_WAYS_JOB = """\
+version: 1
+input: leads.csv
+output: out.csv
+steps:
+  - {name: company, waterfall: company_lookup, params: {company_website: Website}, columns: {staff: employees}}
+  - {name: link, waterfall: person_by_link, params: {link: LinkedIn}, columns: {work_email: work_email}}
+limits: {requests_per_second: 1000}
+"""
+
+
+def test_check_counts_the_leads_of_all_steps(workspace: Workspace, api: SandboxApi) -> None:
+    """A lead can be sent if any step can send it, before a run and after it."""
+    workspace.write_job(TWO_WAYS_JOB)
+    links = ["https://linkedin.example/in/a", "https://linkedin.example/in/b"]
+    workspace.write_leads([["one.example", ""], ["", links[0]], ["", links[1]], ["", ""]], ["Website", "LinkedIn"])
+    for _ in range(2):
+        output = workspace.run_in_process("check", "job.yaml", "--json", api=api).json_output
+        assert [step["leads"] for step in output["steps"]] == [1, 2]
+        assert (output["rows"], output["can_be_asked"]) == (4, 3)
+        workspace.run_job(api)
+
+
+def test_one_step_is_singular(workspace: Workspace, api: SandboxApi) -> None:
+    """A job with one step has `1 step`, and its plan has no later requests."""
+    workspace.write_job(TWO_WAYS_JOB.replace(TWO_WAYS_JOB.splitlines(keepends=True)[5], ""))
+    workspace.write_leads([["one.example", ""]], ["Website", "LinkedIn"])
+    assert "1 lead, 1 can be sent, 1 step as" in workspace.run_in_process("check", "job.yaml").stdout
+    plan = workspace.run_in_process("plan", "job.yaml", api=api).stdout
+    assert plan.startswith("1 lead, 1 step · 1 request to send · at most 1.51 credits")
+
+
+def test_status_counts_failures_by_step(workspace: Workspace, tmp_path: Path) -> None:
+    """The requests of a step are the sum of its columns, failed ones included. A long name keeps the columns."""
+    workspace.write_job(TWO_WAYS_JOB.replace("name: company", "name: company_by_website"))
+    workspace.write_leads([["one.example", ""], ["two.example", ""]], ["Website", "LinkedIn"])
+    with serve_api(tmp_path / "api.db", failure_rate=1.0, free_failures=0.0) as api:
+        workspace.run_job(api)
+    lines = workspace.run_in_process("status", "job.yaml").stdout.splitlines()
+    first = next(number for number, line in enumerate(lines) if line.startswith("  step "))
+    header, row = lines[first : first + 2]
+    assert header.split() == ["step", "requests", "found", "no", "match", "failed", "open", "credits"]
+    assert len(header) == len(row)
+    assert row.split()[1:6] == ["2", "0", "0", "2", "0"]
+
+
 def test_check_lists_all_mistakes(workspace: Workspace) -> None:
     """`check` lists every column that a step or `complete` names and that is not there, each with its line."""
     job = (

@@ -168,7 +168,7 @@ def test_balance_difference() -> None:
     text = "\n".join(format_details(replace(summary, difference=difference.as_json())))
 
     assert "3.00         2 results of known price" in text
-    assert "2.00         1 unconfirmed, or 0.00" in text
+    assert "2.00         1 unconfirmed request, or 0.00" in text
     assert "3.00         missing, not explained: enrich reconcile JOB" in text
     assert "known price" not in "\n".join(format_details(replace(summary, balance_after=7)))
 
