@@ -316,7 +316,8 @@ def doctor(
         findings += environment_findings(context) if job is None else job_findings(job, context)
         name_job = job_options.arguments(as_typed=True).in_hint
     findings = [replace(each, remedy=each.remedy and name_job(each.remedy)) for each in findings]
-    code = first_exit_code({finding.exit_code for finding in findings})
+    # A run without a job ends before it needs the key.
+    code = first_exit_code({finding.exit_code for finding in (findings if job else findings[:1])})
     fields = ("mark", "subject", "message", "remedy")
     listed = [{name: getattr(finding, name) for name in fields} for finding in findings]
     result = {"exit_code": int(code), "job": str(job_file), "findings": listed}

@@ -134,6 +134,8 @@ def _not_yaml_hint(path: Path) -> str | None:
     """Return a hint on creating a job if the file is not a YAML file but, for example, the leads. Else None."""
     if path.suffix in (".yaml", ".yml"):
         return None
+    if path.suffix == ".db":
+        return "JOB must be the job file, not its ledger"
     return f"JOB must be a YAML file. To create one: {shlex.join(['enrich', 'init', as_argument(path)])}"
 
 

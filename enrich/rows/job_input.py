@@ -84,7 +84,10 @@ class JobInput:
             for column in (*(step.model.columns or ()), step_column(step.step, "status"))
         }
         self._params = [param for step in job.steps for param in step.model.params.values()]
-        self.sent_columns = {name for param in self._params for name in param.columns}
+        sent_columns = dict.fromkeys(name for param in self._params for name in param.columns)
+        self.sent_columns = set(sent_columns)
+        #: The columns of the params that no step gives: the input must have them.
+        self._required = [name for name in sent_columns if name not in self._later_columns]
         #: The columns that are written to the output. A blank text cell is `""` or null.
         self.schema = {name: kind for name, kind in self.all_columns.items() if name not in self._own_columns}
         self.columns = list(self.schema)
@@ -214,7 +217,7 @@ class JobInput:
         """Return what turns the rows into requests."""
         return RequestBuilder(self.job, template, self.header, self._forgotten)
 
-    def for_step(self, step: Job, earlier_columns: Iterable[str], later_columns: Mapping[str, str]) -> JobInput:
+    def for_step(self, step: Job, earlier_columns: Collection[str], later_columns: Mapping[str, str]) -> JobInput:
         """Return the input as a step sees it: without the columns that enrich adds, with those of earlier steps.
 
         `later_columns`: the steps that give the columns of this step and later ones. `column_problems` checks the step.
@@ -223,6 +226,7 @@ class JobInput:
         step_input.job = step
         step_input.header = list(dict.fromkeys([*self.columns, *earlier_columns]))
         step_input._later_columns = later_columns  # noqa: SLF001 - of our own copy
+        step_input._required = [name for name in self._required if name not in {*earlier_columns, *later_columns}]  # noqa: SLF001
         return step_input
 
     @property
@@ -286,14 +290,13 @@ class JobInput:
             to_do = f"move `{self.job.step}` after `{giver}`" if can_move else "only later steps can read it"
             yield self.job.error(key_path, f"`{column}` comes from the step `{giver}`", to_do)
             return
-        job_columns = [name for param in self.job.model.params.values() for name in param.columns]
-        if (foreign := self.foreign_input_error(job_columns)) is not None:
+        if (foreign := self.foreign_input_error(self._required)) is not None:
             yield foreign
             return
         if (hint := self._separator_hint()) is None:
             hint = hint_if_unlike
             if hint is None or closest_name(column, self.header) is not None:
-                hint = missing_column_hint(column, [*self.header, *other_names], [*job_columns, *other_names])
+                hint = missing_column_hint(column, [*self.header, *other_names], [*self._required, *other_names])
         yield self.job.error(key_path, f"the input has no column `{column}` ({self.job.input_path})", hint)
 
     def foreign_input_error(self, named: Collection[str]) -> EnrichError | None:
@@ -302,28 +305,25 @@ class JobInput:
         Then it has no header, a title above its header, or it is another file. Raises FileProblem if the rows cannot be
         read, for example below a title.
         """
-        path = self.job.input_path
-        if is_headerless(self.header, named):
+        path, header = self.job.input_path, list(self.all_columns)
+        if is_headerless(header, named):
             return CommandRefused(f"{path}: the first line {NO_HEADER}", NO_HEADER_HINT)
         separator_hint = self._separator_hint()
         if separator_hint is None and (row := self._row_with_names(named)) is not None:
             message = f"{path}: the first line is not the header: row {row} under it has the column names"
             return CommandRefused(message, LATER_HEADER_HINT)
-        has_earlier_steps = not set(self.header).issubset(self.all_columns)  # they have found their columns
-        if (
-            has_earlier_steps
-            or len(set(named)) < _MANY_COLUMNS
-            or any(column in self.header or missing_column_hint(column, self.header, named) for column in named)
+        if len(set(named)) < _MANY_COLUMNS or any(
+            column in header or missing_column_hint(column, header, named) for column in named
         ):
             return None
         message = f"the input has none of these columns: {', '.join(dict.fromkeys(named))} ({path})"
         place = "file and `sheet`" if self.job.input.format == "xlsx" else "file"
         hint = f"check that it is the right {place}, and that its first line is the header"
-        return self.job.error(["params"], message, separator_hint or hint)
+        return self.job.error(["input"], message, separator_hint or hint)
 
     def _row_with_names(self, job_columns: Collection[str]) -> int | None:
         """Return which of the first rows (from 1) has names of the job's columns as cells. None: there is none."""
-        if not job_columns or set(job_columns) & set(self.header):
+        if not job_columns or set(job_columns) & set(self.all_columns):
             return None
         frame = next(self._table.batches(), None)
         rows = [] if frame is None else text_frame(frame.head(_MAX_TITLE_ROWS)).rows()
@@ -332,7 +332,7 @@ class JobInput:
     def _separator_hint(self) -> str | None:
         """Return a hint when the header looks as if its columns were separated by another character."""
         settings = self.job.input
-        if settings.format != "csv" or not (other := likely_separator(self.header, settings.separator)):
+        if settings.format != "csv" or not (other := likely_separator(list(self.all_columns), settings.separator)):
             return None
         shown = yaml_scalar(other)
         return f"its header looks separated by {shown}: input: {{path: …, separator: {shown}}}"

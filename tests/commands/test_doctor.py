@@ -190,6 +190,13 @@ def test_cap_with_verifier(ready_workspace: Workspace, api: SandboxApi) -> None:
     assert (result.exit_code, findings_with_mark(result, "ok")["cap"]) == (0, "limits.max_credits is 500.00")
 
 
+def test_missing_job_and_key(workspace: Workspace) -> None:
+    """Without a job file a run ends with 2, before it needs the key. Both are reported."""
+    result = workspace.run_in_process("doctor", "other.yaml", "--offline")
+    assert list(findings_with_mark(result, "fail")) == ["job", "key"]
+    assert result.exit_code == workspace.run_in_process("run", "other.yaml").exit_code == 2
+
+
 @pytest.mark.long
 @pytest.mark.parametrize(
     ("changed", "message", "code"),

@@ -416,6 +416,36 @@ def test_check_lists_all_mistakes(workspace: Workspace) -> None:
         assert message in problem
 
 
+@pytest.mark.parametrize(
+    ("content", "code", "message"),
+    [
+        (
+            "Artikel;Menge\nx;1\n",
+            2,
+            "job.yaml:2: input: the input has none of these columns: First Name, Last Name, Website",
+        ),
+        (
+            "Artikel,Menge\nx,1\n",
+            2,
+            "job.yaml:2: input: the input has none of these columns: First Name, Last Name, Website",
+        ),
+        ("Ann,Lee,one.example\nBob,Day,two.example\n", 5, "the file has no header"),
+    ],
+)
+def test_another_file_is_one_mistake(
+    workspace: Workspace, api: SandboxApi, content: str, code: int, message: str
+) -> None:
+    """An input without any column that the params of the steps read is one error, as for a job without steps."""
+    workspace.write_job(SHORT_JOB)
+    (workspace.folder / "leads.csv").write_text(content)
+    for command in ("check", "plan", "run"):
+        result = workspace.run_in_process(command, "job.yaml", api=api)
+        errors = [line for line in result.stderr.splitlines() if line.startswith("error: ")]
+        assert (result.exit_code, len(errors)) == (code, 1), errors
+        assert message in errors[0]
+        assert ("looks separated by" in result.stderr) == (";" in content)
+
+
 def test_complete_needs_steps(workspace: Workspace) -> None:
     """`complete` at a job without steps is an error that says what it is for."""
     workspace.write_job(complete="[work_email]")

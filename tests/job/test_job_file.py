@@ -455,6 +455,15 @@ def test_csv_as_job_file(tmp_path: Path, text: bytes) -> None:
     assert caught.value.hint == f"JOB must be a YAML file. To create one: enrich init '{path}'"
 
 
+def test_ledger_as_job_file(tmp_path: Path) -> None:
+    """A ledger given as a job file gives no command that would read it as leads."""
+    path = tmp_path / "leads.db"
+    path.write_bytes(b"SQLite format 3\0\xff")
+    with pytest.raises(JobError) as caught:
+        load_job(path)
+    assert caught.value.hint == "JOB must be the job file, not its ledger"
+
+
 def test_all_errors_are_listed(tmp_path: Path) -> None:
     """All errors are listed at once in line order, each with its own nearest name."""
     text = """\
