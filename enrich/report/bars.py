@@ -291,5 +291,6 @@ def _found_text(step: WaterfallStep) -> str:
 def _facts_text(step: WaterfallStep) -> str:
     if step.provider is None:
         return ""
-    calls, _, _, spent, cost_per_hit = step_numbers(step)
-    return f"{calls} requests · {spent} credits · {cost_per_hit} per match"
+    _, _, _, spent, cost_per_hit = step_numbers(step)
+    calls = pluralize(step.provider.reported + step.provider.inferred, "request")
+    return f"{calls} · {spent} credits · {cost_per_hit} per match"

@@ -118,7 +118,7 @@ def check_plan(plan: SavedPlan, current: PlanInputs) -> None:
     planned = plan.ground
     called = [[(each.target, each.provider_ids()) for each in inputs.targets] for inputs in (planned, current)]
     comparisons = {
-        "the job file, or the options": planned.job != current.job,
+        "the job file or the options": planned.job != current.job,
         "the input": planned.input != current.input,
         "the list of `suppress`": planned.suppress != current.suppress,
         "the providers": called[0] != called[1],

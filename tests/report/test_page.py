@@ -186,6 +186,19 @@ def test_words_of_the_page(name: str) -> None:
     assert found == []
 
 
+@pytest.mark.long
+def test_one_of_a_kind_is_singular() -> None:
+    """A report of one lead has one request and one row. Axis titles are plural."""
+    report = reports.no_match_report()
+    assert report.waterfall is not None
+    one = reports.make_provider("Mailhound", 1, 1, 0.5)
+    waterfall = replace(report.waterfall, providers=(one,), answers=1, found=1, failed=0, not_reported=0)
+    text = plain_text(render_report(replace(report, rows=1, waterfall=waterfall)))
+    assert "1 request, 1 with a match" in text
+    assert "1 request · 0.50 credits" in text
+    assert re.search(r"\( ?1 row\)", text)
+
+
 def plain_text(page: str) -> str:
     """Return the words of a page: its text, and that of labels and charts."""
     body = re.sub(r"<(style|script)>.*?</\1>|<code>.*?</code>", "", page.split("<body>")[1], flags=re.DOTALL)

@@ -524,7 +524,7 @@ def test_saved_plan_runs_once(api: SandboxApi, workspace: Workspace) -> None:
 
 CHANGES: dict[str, Any] = {
     "the input": lambda workspace: workspace.write_leads(make_leads(8)),
-    "the job file, or the options": lambda workspace: workspace.write_job(suppress="never.txt", where="Note <> 'x'"),
+    "the job file or the options": lambda workspace: workspace.write_job(suppress="never.txt", where="Note <> 'x'"),
     "the providers": lambda workspace: alter_ledger(workspace, "UPDATE targets SET providers = '[833]'"),
     "the list of `suppress`": lambda workspace: (workspace.folder / "never.txt").write_text("other.example\n"),
 }
