@@ -140,9 +140,10 @@ def _read_credits(credits_: object, minimum: int, maximum: int) -> int | None:
         return None
     try:
         amount = Decimal(text)
-        return int((amount * MICROS_PER_CREDIT).to_integral_value()) if minimum <= amount <= maximum else None
+        micros = int((amount * MICROS_PER_CREDIT).to_integral_value()) if minimum <= amount <= maximum else None
     except ArithmeticError:  # too large
         return None
+    return 1 if micros == 0 and amount > 0 else micros  # only what is free is 0
 
 
 def parse_count(text: str) -> int | None:

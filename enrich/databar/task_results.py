@@ -91,12 +91,22 @@ def parse_price(value: object) -> int | None:
 
 def is_incomplete(task: Mapping[str, Any], size: int = 1) -> bool:
     """Check whether a finished task of `size` rows lacks some that it counts as running, or was charged for no data."""
-    data, progress = task.get("data"), task.get("progress")
+    data = task.get("data")
     blanks = list(map(is_blank, data)) if isinstance(data, list) and data else [is_blank(data)]
-    running = whole_number(progress.get("processing")) if isinstance(progress, dict) else None
-    if running is not None and running > 0:
+    if _has_running_rows(task):
         return any(blanks) or len(blanks) < size
     return all(blanks) and bool(parse_price(task.get("credits_spent")))
+
+
+def _has_running_rows(task: Mapping[str, Any]) -> bool:
+    progress = task.get("progress")
+    running = whole_number(progress.get("processing")) if isinstance(progress, dict) else None
+    return running is not None and running > 0
+
+
+def _is_free(task: Mapping[str, Any]) -> bool:
+    """Check whether a task that failed cost nothing. Rows that it counts as running can still be charged."""
+    return parse_price(task.get("credits_spent")) == 0 and not _has_running_rows(task)
 
 
 def is_cancelled(task: Mapping[str, Any]) -> bool:
@@ -275,7 +285,7 @@ def read_answer(reply: TaskReply, phase: TaskPhase, paths: Iterable[str]) -> Ans
             return Answer(State.EXPIRED, "the result expired before it was fetched", raw=raw, result_deleted=True)
         case TaskPhase.FAILED:
             message = error_text(task.get("error")) or f"API: {task.get('status')}"
-            free = spent == 0 and not any_cost and not is_cancelled(task)
+            free = _is_free(task) and not any_cost and not is_cancelled(task)
             return Answer(State.FAILED, message, parsed.provider, cost, raw, free_failure=free)
         case TaskPhase.COMPLETED | TaskPhase.NO_DATA | TaskPhase.RUNNING:
             if has_value(parsed, paths):
@@ -314,7 +324,8 @@ class BulkReader:
         if phase is TaskPhase.FAILED:
             is_empty = is_blank(data) or (isinstance(data, list) and all(map(is_blank, data)))
             reason = message or f"API: {task.get('status')}"
-            return _same_answers(Answer(State.FAILED, reason, free_failure=spent == 0 and is_empty), size, raw), spent
+            failed = Answer(State.FAILED, reason, free_failure=is_empty and _is_free(task))
+            return _same_answers(failed, size, raw), spent
         rows = [None] * size if is_blank(data) else [data] if size == 1 and isinstance(data, dict) else data
         if not isinstance(rows, list) or len(rows) != size:
             count = pluralize(len(rows), "row") if isinstance(rows, list) else "no list"
@@ -324,7 +335,7 @@ class BulkReader:
         if self.matches_only and size > 1 and not any(blanks):
             reason = "the API lists matches only, in no order: the rows cannot be matched"
             return _same_answers(Answer(State.FAILED, reason), size, raw), spent
-        blank_answer = _blank_row_answer(task.get("progress"), sum(blanks), message, free=spent == 0)
+        blank_answer = _blank_row_answer(task.get("progress"), sum(blanks), message, free=_is_free(task))
         if all(blanks):
             return [blank_answer] * size, spent
         paths, raw_data = tuple(paths), msgspec.json.decode(raw, type=_RawTask).data

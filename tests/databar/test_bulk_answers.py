@@ -139,6 +139,23 @@ def test_missing_rows_in_partial_failure(failed: object, other_state: str, *, fr
 
 
 @in_turn(
+    ("status", "progress", "free"),
+    [
+        ("failed", {"failed": 2, "processing": 0}, True),
+        ("failed", {"failed": 1, "processing": 1}, False),
+        ("cancelled", {"failed": 0, "processing": 2}, False),
+        ("partially_completed", {"failed": 2, "processing": 1}, False),
+    ],
+)
+def test_failure_with_running_rows_is_not_free(status: str, progress: object, *, free: bool) -> None:
+    """A failed task that counts rows as running can still be charged for them: they are not resent."""
+    answers, _ = parse_bulk_answer(2, status=status, data=[None, None], progress=progress, credits_spent=0)
+
+    assert state_names(answers) == ["failed"] * 2
+    assert [answer.free_failure for answer in answers] == [free] * 2
+
+
+@in_turn(
     ("status", "data", "credits_", "free"),
     [
         ("failed", None, 0, True),
