@@ -4,6 +4,7 @@ import tempfile
 from collections.abc import Callable
 from contextlib import ExitStack
 from dataclasses import fields
+from functools import partial
 from pathlib import Path
 from types import UnionType
 from typing import Any, Literal, get_args, get_origin, get_type_hints
@@ -36,6 +37,13 @@ def _reader(name: str, read: Callable[[str], Any]) -> Callable[[Any], Any]:
     return convert
 
 
+def _number(kind: Callable[[str], Any], text: str) -> float:
+    try:
+        return kind(text)  # type: ignore[no-any-return] # int or float
+    except ValueError:
+        raise ValueError(f"`{text}` is not a {'whole number' if kind is int else 'number'}") from None
+
+
 def _type_of(hint: Any) -> Any:  # noqa: ANN401  # a Python type in, a click type out
     kinds = get_args(hint)
     if get_origin(hint) is tuple:
@@ -43,10 +51,12 @@ def _type_of(hint: Any) -> Any:  # noqa: ANN401  # a Python type in, a click typ
     if get_origin(hint) is Literal:
         return click.Choice(kinds)
     if get_origin(hint) is UnionType:
-        return _reader(f"{kinds[0].__name__}|none", lambda text: None if text.lower() == "none" else kinds[0](text))
+        return _reader(
+            f"{kinds[0].__name__}|none", lambda text: None if text.lower() == "none" else _number(kinds[0], text)
+        )
     if hint is Fault:
         return _reader("fault", Fault.parse)
-    return _reader(hint.__name__, hint)
+    return _reader(hint.__name__, hint if hint is str else partial(_number, hint))
 
 
 def _option(name: str, annotated: Any, default: Any) -> click.Option:  # noqa: ANN401  # a type and its value

@@ -199,8 +199,8 @@ _ERROR_MESSAGES = {
     "string_type": "must be text",
 }
 _MISSING_HINTS = {
-    ": version: is missing": "begin the file with `version: 1`",
-    ": waterfall: is missing": "a job needs a `waterfall` or an `enrichment`",
+    "version": "begin the file with `version: 1`",
+    "waterfall": "set a `waterfall` or an `enrichment`",
 }
 #: What the patterns of the names of jobs and steps allow.
 _ALLOWED_NAMES = {
@@ -233,9 +233,10 @@ def _join_errors(document: YamlDocument, error: ValidationError) -> JobError:
         key_path = [step for step in problem["loc"] if step not in ("[key]", SOURCES_KEY)]
         if problem["type"] == "default_factory_not_called":
             continue  # the field it depends on has its own error
-        message, hint = problem["msg"].removeprefix("Value error, "), None
+        message = problem["msg"].removeprefix("Value error, ")
         if (template := _ERROR_MESSAGES.get(problem["type"])) is not None:
             message = template.format_map(problem.get("ctx", {}))
+        hint = _MISSING_HINTS.get(str(key_path[-1])) if message == "is missing" else None
         if problem["type"] == "literal_error" and isinstance(problem["input"], str):
             closest = closest_name(problem["input"], re.findall("'([^']+)'", message))
             hint = None if closest is None else did_you_mean(closest)
@@ -253,7 +254,7 @@ def _join_errors(document: YamlDocument, error: ValidationError) -> JobError:
     found.sort(key=lambda each: each[0])
     if len(found) == 1:
         _, text, hint = found[0]
-        return JobError(text, next((each for end, each in _MISSING_HINTS.items() if text.endswith(end)), hint))
+        return JobError(text, hint)
     return JobError("\n".join(f"{text}, {hint}" if hint else text for _, text, hint in found))
 
 

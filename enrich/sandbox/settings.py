@@ -135,9 +135,10 @@ class Fault:
         name, equals, probability = head.partition("=")
         scope, _, name = name.rpartition(":")
         pairs = [pair.partition("=") for pair in rest]
-        if not equals or any(not sign for _, sign, _ in pairs):
+        chance = _parse_param(probability)
+        if not equals or isinstance(chance, str) or any(not sign for _, sign, _ in pairs):
             raise ValueError(f"fault {text!r} is not of the form [SCOPE:]NAME=PROBABILITY[,PARAM=VALUE…]")
-        return cls(name, float(probability), scope, {key: _parse_param(value) for key, _, value in pairs})
+        return cls(name, chance, scope, {key: _parse_param(value) for key, _, value in pairs})
 
 
 def _parse_param(text: str) -> Param:

@@ -195,7 +195,14 @@ def test_quoted_values_are_text(tmp_path: Path, word: str) -> None:
 @in_turn(
     ("text", "expected"),
     [
-        ("version: 1\n", ["1: input: is missing", "1: waterfall: is missing", "1: params: is missing"]),
+        (
+            "version: 1\n",
+            [
+                "1: input: is missing",
+                "1: waterfall: is missing, set a `waterfall` or an `enrichment`",
+                "1: params: is missing",
+            ],
+        ),
         (BASE_JOB.replace("version: 1\n", ""), ["1: version: is missing", "hint: begin the file with `version: 1`"]),
         (BASE_JOB.replace("version: 1", "version: 2"), ["1: version: must be 1"]),
         (BASE_JOB.replace("version: 1", "version: '1'"), ["1: version: must be 1"]),

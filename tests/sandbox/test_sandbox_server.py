@@ -192,7 +192,10 @@ def test_options_reach_settings(tmp_path: Path) -> None:
         (["--rate", "0"], "above 0"),
         (["--rate", "nan"], "must be a finite number"),
         (["--balance", "inf"], "must be a finite number"),
-        (["--retry-after", "soon"], "invalid literal"),
+        (["--retry-after", "soon"], "'--retry-after': `soon` is not a whole number"),
+        (["--seed", "1.5"], "'--seed': `1.5` is not a whole number"),
+        (["--balance", "much"], "'--balance': `much` is not a number"),
+        (["--fault", "slow=often"], "'slow=often' is not of the form"),
         (["--shape", "round"], "not one of"),
     ],
 )
