@@ -79,7 +79,7 @@ def load_hypothesis_profile() -> None:
     # run have 4 to 8, as each has a history of several runs; the stateful ones of the ledger have 40 times 40 steps,
     # enough for every rule to follow every other, …
     settings.register_profile("full", deadline=None, derandomize=True, max_examples=FULL)
-    # … and `HYPOTHESIS_PROFILE=explore make stories` for new ones.
+    # … and `PYTEST_TIMEOUT=3600 HYPOTHESIS_PROFILE=explore make stories` for new ones.
     settings.register_profile("explore", deadline=None, max_examples=5 * FULL)
     settings.load_profile(os.environ.get("HYPOTHESIS_PROFILE", "few"))
 

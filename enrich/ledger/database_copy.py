@@ -22,7 +22,7 @@ from enrich.ledger.lock import lock_ledger, open_exclusive
 from enrich.ledger.rescue_file import find_rescue_files
 from enrich.ledger.sqlite_errors import damaged_ledger_error, is_damage_error
 
-#: All copied tables, each with the columns that identify a row. References are checked after all tables are loaded.
+#: All copied tables, each with the columns that identify a row.
 COPIED_TABLES = {
     "facts": ("name",),
     "targets": ("kind", "identifier"),
@@ -120,10 +120,8 @@ def _copy_tables(reader: Database, writer: Database) -> tuple[dict[str, int], st
         table: [name for name in reader.column_names(f"SELECT * FROM {table}") if name not in _UNCOPIED_COLUMNS]
         for table in COPIED_TABLES
     }
-    # Rows may refer to rows of tables that are loaded later.
-    with writer.session.deferred_references():
-        for table, names in columns.items():
-            writer.session.load_rows(table, names, _all_rows(reader, table, names))
+    for table, names in columns.items():
+        writer.session.load_rows(table, names, _all_rows(reader, table, names))
     read, copied = (
         {table: _count_and_hash(_all_rows(db, table, names)) for table, names in columns.items()}
         for db in (reader, writer)

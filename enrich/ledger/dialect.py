@@ -49,8 +49,6 @@ class Dialect(Struct, frozen=True):
     json_list: str = ""
     #: Reads a text column as bytes, which may be invalid UTF-8.
     as_bytes: str = "{}"
-    #: Selects rows that refer to missing rows. PostgreSQL has none: it enforces references.
-    orphan_query: str = "SELECT 1 WHERE false"
     #: Whether one statement can hold several that write.
     joins_writes: bool = False
     #: Keeps other transactions from comparing the same task ids (a JSON list of lists) until this one ends.

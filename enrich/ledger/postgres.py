@@ -134,20 +134,6 @@ class PostgresSession:
             cursor.itersize = FETCH_SIZE
             yield from cursor.execute(*to_psycopg_query(text, values))
 
-    @contextmanager
-    def deferred_references(self) -> Iterator[None]:
-        """Allow rows to be loaded in any order: drop the foreign keys, and add and check them again at the end."""
-        references = self.execute(
-            "SELECT conrelid::regclass::text, conname, pg_get_constraintdef(oid) FROM pg_constraint "
-            "WHERE contype = 'f' AND connamespace = current_schema()::regnamespace"
-        ).fetchall()
-        for table, name, _ in references:
-            self.execute(f"ALTER TABLE {table} DROP CONSTRAINT {name}")
-        yield
-        with self._statement_timeout(inf):
-            for table, name, definition in references:
-                self.execute(f"ALTER TABLE {table} ADD CONSTRAINT {name} {definition}")
-
     def load_rows(self, table: str, columns: Sequence[str], rows: Iterable[Sequence[Any]], /) -> None:
         """Insert many rows. The next generated id is above theirs. Raises DatabaseFailed."""
         copy_sql = f"COPY {table} ({', '.join(columns)}) FROM STDIN"

@@ -99,6 +99,8 @@ def end_execution(  # noqa: PLR0913, PLR0917 - each is a column
 
 def delete_unless_used(db: Database, execution_id: int) -> bool:
     """Delete a run in which nothing happened. Returns whether that was so."""
+    # Wait for the claims of other processes, which change this row, too. The next statement sees what they wrote.
+    db.execute("UPDATE executions SET reserved = reserved WHERE id = ?", (execution_id,))
     deleted = db.execute(
         "DELETE FROM executions WHERE id = ?1 AND submitted = 0 "
         "AND NOT EXISTS (SELECT 1 FROM attempts WHERE execution_id = ?1 OR settled_execution_id = ?1)",

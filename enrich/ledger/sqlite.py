@@ -7,7 +7,7 @@ import os
 import re
 import sqlite3
 from collections.abc import Iterable, Iterator, Sequence
-from contextlib import AbstractContextManager, closing, nullcontext
+from contextlib import closing
 from pathlib import Path
 from typing import Any, NamedTuple
 from urllib.parse import quote
@@ -66,6 +66,20 @@ def ledger_columns() -> tuple[Column, ...]:
         )
 
 
+def orphan_query() -> str:
+    """Return the SQL that selects a row for each reference of a new ledger's columns to a row that is not there."""
+    with closing(open_in_memory()) as db:
+        references = db.execute(
+            'SELECT m.name, f."from", f."table" FROM sqlite_master m JOIN pragma_foreign_key_list(m.name) f '
+            "WHERE m.type = 'table'"
+        ).fetchall()
+    return " UNION ALL ".join(
+        f"SELECT 1 FROM {table} t LEFT JOIN {referenced} r ON r.id = t.{column} "
+        f"WHERE t.{column} IS NOT NULL AND r.id IS NULL"
+        for table, column, referenced in references
+    )
+
+
 class SqliteSession(sqlite3.Connection):
     """One SQLite file over one connection."""
 
@@ -76,7 +90,6 @@ class SqliteSession(sqlite3.Connection):
         no_index="+",
         json_list="json_group_array({})",
         as_bytes="CAST({} AS BLOB)",
-        orphan_query="SELECT 1 FROM pragma_foreign_key_check",
     )
     #: Files that must stay at their paths while a run uses the ledger, with their identities. The lock file is last.
     _files: Sequence[tuple[Path, tuple[int, int] | None]] = ()
@@ -109,10 +122,6 @@ class SqliteSession(sqlite3.Connection):
     def stream(self, sql: str, values: Sequence[Any] = (), /) -> Iterator[Any]:
         """Yield the rows of a query."""
         return self.execute(sql, values)
-
-    def deferred_references(self) -> AbstractContextManager[None]:
-        """Do nothing: SQLite does not enforce references here. Only `enrich ledger check` verifies them."""
-        return nullcontext()
 
     def load_rows(self, table: str, columns: Sequence[str], rows: Iterable[Sequence[Any]], /) -> None:
         """Insert many rows with their own ids."""

@@ -19,7 +19,7 @@ from enrich.job.locations import LedgerLocation, PostgresLocation
 from enrich.json_text import parse_json
 from enrich.ledger.database import Database, open_existing
 from enrich.ledger.dialect import DATABASE_ERRORS, DatabaseFailed
-from enrich.ledger.sqlite import Column, is_ledger_file, ledger_columns, remove_with_journals
+from enrich.ledger.sqlite import Column, is_ledger_file, ledger_columns, orphan_query, remove_with_journals
 from enrich.ledger.sqlite_errors import (
     damaged_ledger_error,
     describe_write_error,
@@ -100,7 +100,7 @@ def problems(db: Database) -> Iterator[str]:
         yield problem
     for invariant, query in () if has_damage else INVARIANTS.items():
         try:
-            count = db.number(f"SELECT count(*) FROM ({query or db.dialect.orphan_query}) AS broken")
+            count = db.number(f"SELECT count(*) FROM ({query or orphan_query()}) AS broken")
         except DATABASE_ERRORS:
             yield f"cannot be checked: {invariant}"
             continue
@@ -229,7 +229,7 @@ def _check_target(target: Path, ledger: Path) -> None:
         raise CommandRefused(f"{target}: its folder has the journal of a missing database", "choose another file")
 
 
-#: Each invariant with a query for the rows that violate it; None: that of the dialect. A query reads each table a few
+#: Each invariant with a query for the rows that violate it; None: `orphan_query`. A query reads each table a few
 #: times at most.
 INVARIANTS: Mapping[str, str | None] = {
     "request with another state than its newest attempt": (

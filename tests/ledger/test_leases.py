@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import time
 from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack, closing
 from pathlib import Path
 from typing import Any
@@ -15,7 +16,7 @@ from enrich.errors import LedgerLocked, RunEnded
 from enrich.exit_codes import ExitCode
 from enrich.job.locations import LedgerLocation, parse_ledger_location
 from enrich.job.locations import PostgresLocation as Place
-from enrich.ledger import lease_table, queue, resume
+from enrich.ledger import lease_table, queue, records, resume
 from enrich.ledger.database import Database, ledger_exists
 from enrich.ledger.database_copy import copy_ledger
 from enrich.ledger.dialect import DatabaseFailed
@@ -24,7 +25,7 @@ from enrich.ledger.verify import check_ledger
 from tests.support.cases import in_turn
 from tests.support.ledger import MAX_PRICE, CommittingLedger, run_sql
 from tests.support.postgres import PostgresServer
-from tests.support.workspace import SandboxApi, Workspace, make_leads
+from tests.support.workspace import SandboxApi, Workspace, make_leads, wait_until
 
 
 @pytest.fixture
@@ -138,14 +139,18 @@ def _before_statement(ledger: Database, statement_number: int, action: Callable[
 
 
 @pytest.mark.long
-def test_foreign_key_does_not_block_claims(ledger: CommittingLedger, ledger_location: LedgerLocation) -> None:
-    """Settling an attempt does not block claims by its reference to the execution, which could end in a deadlock."""
-    ledger.start_and_enroll(1, 2)
-    attempt = ledger.submit()
-    with closing(Database(ledger_location)) as other, other.transaction():
-        other.session.execute("UPDATE attempts SET settled_execution_id = ? WHERE id = ?", (ledger.execution, attempt))
-        ledger.wrapped.session.execute("SET lock_timeout = '5s'")
-        assert ledger.claim()
+def test_run_that_another_process_claims_for_is_kept(ledger: CommittingLedger, ledger_location: LedgerLocation) -> None:
+    """A run is not deleted as unused while another process claims a request for it."""
+    ledger.start_and_enroll(1)
+    pid = ledger.wrapped.session._connection.info.backend_pid  # type: ignore[union-attr]
+    with closing(Database(ledger_location)) as other, ThreadPoolExecutor() as threads:
+        with other.transaction():
+            assert queue.claim(other, ledger.execution, 0, ledger.now)
+            deletion = threads.submit(ledger.commit, records.delete_unless_used, ledger.execution)
+            wait_until(
+                lambda: bool(run_sql(ledger_location, "SELECT 1 FROM pg_locks WHERE NOT granted AND pid = ?", pid))
+            )
+        assert not deletion.result()
 
 
 # Maintenance without an active run
