@@ -72,7 +72,7 @@ def test_status_imports(api: SandboxApi, workspace: Workspace, command: str) -> 
 
     assert third_party(modules) <= _READS_LEDGER
     heavy = ("enrich.run", "enrich.rows", "enrich.files", "enrich.monitoring", "enrich.cluster", "enrich.report")
-    light = {"enrich.run", "enrich.run.balance", "enrich.run.progress"}
+    light = {"enrich.run", "enrich.run.balance", "enrich.run.progress", "enrich.run.terminal_text"}
     assert {name for name in modules if name.startswith(heavy)} == light
     assert not modules & _SLOW
 
