@@ -79,7 +79,7 @@ class Cursor(Protocol):
 
 #: Exactly the condition of the index `open_attempts`. With other wording SQLite would read all attempts.
 OPEN_ATTEMPT = "state IN ('submitting', 'submitted')"
-#: Exactly the condition of the index `queue`: requests that this run may send, including those sent before.
+#: Exactly the condition of the index `queue` in SQLite: requests that this run may send, including those sent before.
 QUEUED = "queue_position IS NOT NULL AND state NOT IN ('submitting', 'submitted')"
 #: The numbers of a JSON list.
 JSON_NUMBERS = "SELECT CAST(value AS BIGINT) FROM json_each(CAST({} AS TEXT))"

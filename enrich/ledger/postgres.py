@@ -284,7 +284,7 @@ class PostgresSession:
         self.execute(f"TRUNCATE {table}" if self._may_truncate else f"DELETE FROM {table}")
 
     def integrity_problems(self) -> Iterator[str]:
-        """Report nothing: the server checks its files and enforces references."""
+        """Report nothing: the server checks its files."""
         return iter(())
 
     def enable_secure_delete(self) -> None:
